@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training leaves on disk: the best weights, and a state from which a killed training goes on.
+
+Files are written beside their place and renamed, so a file is always whole. `WeightsSaver` writes what inference,
+MONAI Label and `monai.bundle.load` read: a bare state dict. `TrainingState` writes all that training itself needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+__all__ = ["TrainingState", "WeightsSaver", "save_whole"]
+
+logger = logging.getLogger(__name__)
+
+
+def save_whole(content: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save` that leaves either the old file or the whole new one, whenever it is interrupted."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        torch.save(content, draft)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of the network itself, also where it is wrapped for several processes."""
+    wrapped = isinstance(network, torch.nn.parallel.DistributedDataParallel)
+    return (network.module if wrapped else network).state_dict()
+
+
+def _is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+class WeightsSaver:
+    """Handler of the validating engine: writes the network's weights whenever its key metric is the best so far.
+
+    The weights that the first write would replace are kept beside it as `<stem>_<first 8 digits of their SHA-256>.pt`.
+
+    Args:
+        network: whose weights to write.
+        path: file to write.
+        backup: keep the replaced weights; not wanted when a training goes on with its own file.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str, backup: bool = True) -> None:
+        self.network = network
+        self.path = Path(path)
+        self.backup = backup
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a MONAI evaluator, after its own comparison of the key metric."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write if this epoch is the best."""
+        if engine.state.best_metric_epoch != engine.state.epoch or not _is_first_process():
+            return
+        if self.backup and self.path.is_file():
+            digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
+            kept = self.path.with_name(f"{self.path.stem}_{digest}{self.path.suffix}")
+            shutil.copy2(self.path, kept)
+            logger.info("kept the previous weights as %s", kept)
+        self.backup = False
+        save_whole(_weights(self.network), self.path)
+        logger.info("new best key metric %.4f: wrote %s", engine.state.best_metric, self.path)
+
+
+class TrainingState:
+    """Handler of the trainer, last in its list: writes the state after each epoch, and restores it at the start.
+
+    The state is weights, optimizer, learning-rate schedule, epoch, and the best metric so far. Random numbers need no state:
+    `EpochSeeder` makes them a function of the epoch.
+
+    Args:
+        path: file to write and to resume from.
+        network: in training.
+        optimizer: of the training.
+        lr_scheduler: of the training.
+        evaluator: validating engine, which knows the best metric.
+        resume: go on from the file, if it is there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        evaluator: Engine,
+        resume: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.evaluator = evaluator
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer."""
+        if self.resume:
+            engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save(self, engine: Engine) -> None:
+        """Write the state after an epoch."""
+        if _is_first_process():
+            content = {
+                "model": _weights(self.network),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "epoch": engine.state.epoch,
+                "iteration": engine.state.iteration,
+                "best_metric": float(self.evaluator.state.best_metric),
+                "best_metric_epoch": self.evaluator.state.best_metric_epoch,
+            }
+            save_whole(content, self.path)
+
+    def restore(self, engine: Engine) -> None:
+        """Load the state before the first epoch.
+
+        Raises:
+            ValueError: when the file does not fit the network or the optimizer.
+        """
+        if not self.path.is_file():
+            logger.warning("nothing to resume: %s is not there, training starts anew", self.path)
+            return
+        wrapped = isinstance(self.network, torch.nn.parallel.DistributedDataParallel)
+        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            (self.network.module if wrapped else self.network).load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.lr_scheduler.load_state_dict(content["lr_scheduler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"cannot resume from {self.path}: it belongs to another network or optimizer ({error}). "
+                "Give the configuration that wrote it, or another ckpt_dir."
+            ) from error
+        engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
+        self.evaluator.state.best_metric = content["best_metric"]
+        self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        logger.info(
+            "resumed from %s: epoch %d, best metric %.4f", self.path, content["epoch"], content["best_metric"]
+        )

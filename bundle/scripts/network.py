@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRUU-Net, for 2D and 3D images.
+
+Based on: Wollmann et al., "GRUU-Net: Integrated convolutional and gated recurrent neural network for cell
+segmentation", Medical Image Analysis 56 (2019), https://doi.org/10.1016/j.media.2019.04.011. The authors published no
+code; this is written from the paper's text and from a public reader's summary of its equations.
+
+Two streams run side by side. The recurrent stream holds one state `h` at full resolution. The pooling stream visits the
+scales 2, 4, ..., 2^n, ..., 4, 2 once each; at each scale a Full-Resolution Dense Unit (FRDU) looks at the pooled state and
+at the previous scale's features, and a convolutional GRU refines the state with what the unit found. There is no other
+skip connection.
+
+Left open by the sources, decided here: one GRU is shared by all steps (`shared_gru`); unpooling is nearest neighbor; one
+residual block stands before the recurrence, as in FRRN; channels and dense layers per scale; batch norm by default;
+an image of any size is padded at its far edges by replication, and the result cropped.
+
+One identity makes the recurrence cheaper and changes no result: a 3x3 convolution after nearest-neighbor unpooling by two
+is a transposed convolution with a 4x4 kernel and stride 2, so the gates' share of the input never needs the unpooled input.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import Convolution
+from monai.networks.layers.factories import Act, Conv, Pool, split_args
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["ConvGRU", "DenseBlock", "FRDU", "GRUUNet", "ResidualBlock", "unpooled_kernel"]
+
+
+def unpooled_kernel(weight: torch.Tensor) -> torch.Tensor:
+    """Kernel of the transposed convolution that equals unpooling by two, then convolving with `weight`.
+
+    `conv(unpool(x), weight, padding=1) == conv_transpose(x, unpooled_kernel(weight), stride=2, padding=1)`, borders
+    included, where `unpool` is nearest-neighbor upsampling by two.
+
+    Args:
+        weight: (C_out, C_in, 3, 3[, 3]).
+
+    Returns:
+        (C_in, C_out, 4, 4[, 4]).
+    """
+    kernel = weight.transpose(0, 1)
+    for dim in range(2, weight.dim()):
+        kernel = kernel.flip(dim)
+        edge = torch.zeros_like(kernel.narrow(dim, 0, 1))
+        kernel = torch.cat([kernel, edge], dim) + torch.cat([edge, kernel], dim)
+    return kernel
+
+
+class ConvGRU(nn.Module):
+    """Convolutional gated recurrent unit whose input comes at half the state's resolution.
+
+    With `x` unpooled to the state's size, `*` a convolution (3x3) and `.` a product by element:
+
+        z = sigmoid(W_z * x + U_z * h + b_z)         r = sigmoid(W_r * x + U_r * h + b_r)
+        c = act(W_c * x + U_c * (r . h) + b_c)       h' = z . h + (1 - z) . c
+
+    Args:
+        spatial_dims: number of spatial dimensions, 2 or 3.
+        channels: of input and state.
+        act: activation of the candidate `c`.
+    """
+
+    def __init__(self, spatial_dims: int, channels: int, act: str | tuple) -> None:
+        super().__init__()
+        conv = Conv[Conv.CONV, spatial_dims]
+        self.spatial_dims = spatial_dims
+        self.input_gates = conv(channels, 3 * channels, kernel_size=3, padding=1)  # W_z, W_r, W_c and the biases
+        self.state_gates = conv(channels, 2 * channels, kernel_size=3, padding=1, bias=False)  # U_z, U_r
+        self.candidate = conv(channels, channels, kernel_size=3, padding=1, bias=False)  # U_c
+        act_name, act_args = split_args(act)
+        self.act = Act[act_name](**act_args)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Refine the state.
+
+        Args:
+            x: input, (B, channels, H/2, W/2[, D/2]).
+            h: state, (B, channels, H, W[, D]).
+
+        Returns:
+            the new state, shaped like `h`.
+        """
+        kernel = unpooled_kernel(self.input_gates.weight)
+        if self.spatial_dims == 2:
+            from_x = F.conv_transpose2d(x, kernel, self.input_gates.bias, stride=2, padding=1)
+        else:
+            from_x = F.conv_transpose3d(x, kernel, self.input_gates.bias, stride=2, padding=1)
+        x_z, x_r, x_c = from_x.chunk(3, dim=1)
+        h_z, h_r = self.state_gates(h).chunk(2, dim=1)
+        z = torch.sigmoid(x_z + h_z)
+        r = torch.sigmoid(x_r + h_r)
+        c = self.act(x_c + self.candidate(r * h))
+        return torch.lerp(c, h.to(c.dtype), z)
+
+
+class DenseBlock(nn.Module):
+    """Densely connected 3x3 convolutions: each sees the block's input and all results before it; returns all of them."""
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, growth: int, layers: int, act: str | tuple, norm: str | tuple | None, dropout: float
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Convolution(
+                spatial_dims, in_channels + i * growth, growth, act=act, norm=norm, dropout=dropout or None, bias=norm is None
+            )
+            for i in range(layers)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, ...) -> (B, in_channels + layers * growth, ...)."""
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], dim=1)
+        return x
+
+
+class FRDU(nn.Module):
+    """Full-Resolution Dense Unit: pooled state and previous features in, this scale's features and the GRU's input out.
+
+    Args:
+        spatial_dims: number of spatial dimensions.
+        state_channels: channels of the recurrent state.
+        in_channels: channels of the previous unit's features.
+        channels: of the 1x1 convolution that merges the two.
+        growth: channels that each dense layer adds.
+        layers: number of dense layers.
+        scale: pooling factor of this unit, a power of two.
+        downward: the previous features have twice this unit's resolution (else half of it).
+        act: activation.
+        norm: normalization.
+        dropout: dropout probability after each dense convolution.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        state_channels: int,
+        in_channels: int,
+        channels: int,
+        growth: int,
+        layers: int,
+        scale: int,
+        downward: bool,
+        act: str | tuple,
+        norm: str | tuple | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        pool = Pool[Pool.MAX, spatial_dims]
+        self.pool_state = pool(kernel_size=scale, stride=scale)
+        self.resample = pool(kernel_size=2, stride=2) if downward else nn.Upsample(scale_factor=2.0, mode="nearest")
+        bias = norm is None
+        self.merge = Convolution(
+            spatial_dims, state_channels + in_channels, channels, kernel_size=1, act=act, norm=norm, bias=bias
+        )
+        self.dense = DenseBlock(spatial_dims, channels, growth, layers, act, norm, dropout)
+        self.out_channels = channels + layers * growth
+        self.to_state = Convolution(
+            spatial_dims, self.out_channels, state_channels, kernel_size=1, act=None, norm=norm, bias=bias
+        )
+        self.unpool = nn.Upsample(scale_factor=scale / 2.0, mode="nearest") if scale > 2 else nn.Identity()
+
+    def forward(self, o: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One visit of the scale.
+
+        Args:
+            o: previous features, (B, in_channels, ...) at twice or half this scale's resolution.
+            h: state, (B, state_channels, H, W[, D]).
+
+        Returns:
+            features (B, out_channels, H/scale, ...), and the GRU's input (B, state_channels, H/2, ...).
+        """
+        o = self.dense(self.merge(torch.cat([self.pool_state(h), self.resample(o)], dim=1)))
+        return o, self.unpool(self.to_state(o))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions whose result is added to the input."""
+
+    def __init__(self, spatial_dims: int, channels: int, act: str | tuple, norm: str | tuple | None) -> None:
+        super().__init__()
+        bias = norm is None
+        self.conv1 = Convolution(spatial_dims, channels, channels, act=act, norm=norm, bias=bias)
+        self.conv2 = Convolution(spatial_dims, channels, channels, act=None, norm=norm, bias=bias)
+        act_name, act_args = split_args(act)
+        self.act = Act[act_name](**act_args)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, ...) -> the same shape."""
+        return self.act(x + self.conv2(self.conv1(x)))
+
+
+class GRUUNet(nn.Module):
+    """GRUU-Net for any image size in 2D and 3D; see the module's docstring for the sources.
+
+    Args:
+        spatial_dims: number of spatial dimensions, 2 or 3.
+        in_channels: number of image channels.
+        out_channels: number of classes.
+        features: channels of the recurrent state (the paper's lanes).
+        channels: channels of the merging 1x1 convolution at each scale, finest (2) first; its length is the number of scales.
+        dense_layers: dense layers at each scale, as many as `channels`.
+        growth: channels that each dense layer adds.
+        act: activation.
+        norm: normalization, "batch", "instance", ("group", {"num_groups": 8}) or None.
+        dropout: dropout probability in the dense blocks.
+        shared_gru: use one GRU for all steps, else one for each.
+        max_steps: stop the refinement after so many steps (a switch for inference: the network keeps all its weights).
+        checkpointing: save memory in training by computing each step again in the backward pass: same gradients
+            (the running statistics of batch norm are updated twice).
+
+    Raises:
+        ValueError: when an argument is out of its range.
+
+    Examples::
+
+        >>> GRUUNet(spatial_dims=2, in_channels=1, out_channels=3)(torch.zeros(1, 1, 65, 90)).shape
+        torch.Size([1, 3, 65, 90])
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: int = 32,
+        channels: Sequence[int] = (32, 64, 96, 128, 128),
+        dense_layers: Sequence[int] = (2, 3, 3, 4, 4),
+        growth: int = 32,
+        act: str | tuple = ("leakyrelu", {"negative_slope": 0.01}),
+        norm: str | tuple | None = "batch",
+        dropout: float = 0.0,
+        shared_gru: bool = True,
+        max_steps: int | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        if not channels or len(channels) != len(dense_layers):
+            raise ValueError(
+                f"channels and dense_layers must have one entry for each scale, got {list(channels)} and {list(dense_layers)}."
+            )
+        scales = len(channels)
+        self.steps = 2 * scales - 1
+        if max_steps is not None and not 1 <= max_steps <= self.steps:
+            raise ValueError(f"max_steps must be 1 to {self.steps} for {scales} scales, got {max_steps}.")
+        self.spatial_dims = spatial_dims
+        self.divisor = 2**scales
+        self.max_steps = self.steps if max_steps is None else max_steps
+        self.checkpointing = checkpointing
+
+        self.stem = Convolution(spatial_dims, in_channels, features, kernel_size=5, act=act, norm=norm, bias=norm is None)
+        self.before = ResidualBlock(spatial_dims, features, act, norm)
+        self.units = nn.ModuleList()
+        self.grus = nn.ModuleList()
+        previous = features
+        for step in range(self.steps):
+            level = min(step, self.steps - 1 - step)  # 0, 1, ..., scales - 1, ..., 1, 0
+            unit = FRDU(
+                spatial_dims,
+                state_channels=features,
+                in_channels=previous,
+                channels=channels[level],
+                growth=growth,
+                layers=dense_layers[level],
+                scale=2 ** (level + 1),
+                downward=step < scales,
+                act=act,
+                norm=norm,
+                dropout=dropout,
+            )
+            self.units.append(unit)
+            # a shared GRU stands in the list once for each step; its weights exist once
+            self.grus.append(self.grus[0] if shared_gru and step else ConvGRU(spatial_dims, features, act))
+            previous = unit.out_channels
+        self.after = ResidualBlock(spatial_dims, features, act, norm)
+        self.head = Conv[Conv.CONV, spatial_dims](features, out_channels, kernel_size=1)
+        if spatial_dims == 2:
+            self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, in_channels, H, W[, D]) of any size -> logits (B, out_channels, H, W[, D])."""
+        size = x.shape[2:]
+        return self.crop(self.head(self.after(self.states(self.pad(x))[-1])), size)
+
+    @torch.jit.export
+    def step_logits(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Logits after each step of the refinement: each state in turn, read out through the one head.
+
+        Args:
+            x: image, (B, in_channels, H, W[, D]).
+
+        Returns:
+            `max_steps` tensors (B, out_channels, H, W[, D]); the last one is `forward(x)`.
+        """
+        size = x.shape[2:]
+        return [self.crop(self.head(self.after(h)), size) for h in self.states(self.pad(x))]
+
+    def states(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The recurrent state after each step, for an image whose size is a multiple of `divisor`."""
+        o = self.stem(x)
+        h = self.before(o)
+        states: list[torch.Tensor] = []
+        for i, (unit, gru) in enumerate(zip(self.units, self.grus)):
+            if i < self.max_steps:
+                if self.checkpointing and self.training and not torch.jit.is_scripting():
+                    o, h = self.checkpointed_step(i, o, h)
+                else:
+                    o, x_t = unit(o, h)
+                    h = gru(x_t, h)
+                states.append(h)
+        return states
+
+    @torch.jit.unused
+    def checkpointed_step(self, i: int, o: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step `i` of `states` that keeps only its inputs for the backward pass."""
+
+        def step(o: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            o, x_t = self.units[i](o, h)
+            return o, self.grus[i](x_t, h)
+
+        return checkpoint(step, o, h, use_reentrant=False)
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Replicate the far edges until the size is a multiple of `divisor`; last spatial axis first, as F.pad wants it."""
+        amount: list[int] = []
+        for axis in range(x.dim() - 1, 1, -1):
+            amount += [0, -x.shape[axis] % self.divisor]
+        x = F.pad(x, amount, mode="replicate")
+        return x.contiguous(memory_format=torch.channels_last) if self.spatial_dims == 2 else x
+
+    def crop(self, x: torch.Tensor, size: list[int]) -> torch.Tensor:
+        """Cut off what `pad` added."""
+        for axis, length in enumerate(size):
+            x = x.narrow(axis + 2, 0, length)
+        return x
