@@ -218,9 +218,9 @@ def test_a_hundred_thousand_objects() -> None:
     ids = np.random.default_rng(0).permutation(320 * 320).reshape(320, 320) + 1
     truth = np.kron(ids, np.ones((4, 4), dtype=np.int64))
     truth[::4] = 0
-    begin = time.perf_counter()
+    begin = time.process_time()
     frame = score_frame(np.roll(truth, 1, axis=1), truth)
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10  # seconds of CPU, not of a busy machine; a dense table would not end
     assert frame.n_true == 320 * 320 and frame.misses == 0 and frame.tp[3] == 0  # IoU 3/5
 
 

@@ -23,7 +23,7 @@ def colored(picture: np.ndarray) -> np.ndarray:
     return (picture != picture[..., :1]).any(axis=-1)
 
 
-def squares(shape: tuple = (900, 900)) -> np.ndarray:
+def squares(shape: tuple = (300, 900)) -> np.ndarray:
     labels = np.zeros(shape, dtype=np.int32)
     labels[10:20, 10:20] = 7
     labels[10:20, 20:30] = 70_000
@@ -34,7 +34,7 @@ def squares(shape: tuple = (900, 900)) -> np.ndarray:
 def test_outlines_lie_inside_and_neighbors_differ() -> None:
     labels = squares()
     picture = draw_overlay(np.zeros(labels.shape), labels)
-    assert picture.shape == (900, 900, 3) and picture.dtype == np.uint8
+    assert picture.shape == (300, 900, 3) and picture.dtype == np.uint8
     line = colored(picture)
     assert not line[labels == 0].any()
     inner = np.zeros_like(line)
@@ -110,7 +110,7 @@ def test_contrast() -> None:
     dark[:10, :50] = np.linspace(100, 200, 50).astype(np.uint16)
     gray = stretch_contrast(dark + np.uint16(32768))
     assert gray.min() == 0 and gray.max() == 1
-    assert gray[:10, :50].min() > 0.1 and gray.mean() > 0.045  # lifted: 0.5 would stay 0.5 without
+    assert gray[:10, :50].min() > 0.7  # half as bright as the brightest: 0.5 if nothing were lifted
     bright = np.linspace(0, 255, 10_000).reshape(100, 100)
     np.testing.assert_allclose(stretch_contrast(bright)[50], np.clip((bright[50] - 1.275) / 252.45, 0, 1), atol=1e-3)
     for constant in (0, 7, 65535):

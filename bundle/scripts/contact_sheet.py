@@ -21,8 +21,8 @@ from skimage.segmentation import find_boundaries
 
 from scripts.augment import Strength, intensity_transforms, sampling_transforms, spatial_transforms
 from scripts.datalists import make_datalist
-from scripts.images import MicroscopyReader
-from scripts.labels import AsInstancesd, MarkUnannotatedd, RepairObjectsd
+from scripts.labels import RepairObjectsd
+from scripts.presets import load_transforms
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,6 @@ CELL = 192  # pixels of one patch on the sheet, at least
 GAP = 4  # pixels between patches
 OUTLINE = (255, 200, 0)
 TINT = (40, 90, 255)  # of ignored pixels
-
-
-def load_transforms() -> list[mt.Transform]:
-    """Read an image and its instances, normalized, with `IGNORE` where nobody annotated."""
-    keys = ["image", "label", "markers"]
-    return [
-        mt.LoadImaged(keys, reader=MicroscopyReader, ensure_channel_first=True, allow_missing_keys=True),
-        mt.ScaleIntensityRangePercentilesd("image", lower=1, upper=99.8, b_min=0.0, b_max=1.0),
-        AsInstancesd("label"),
-        MarkUnannotatedd("label"),
-    ]
 
 
 def draw_patch(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -62,7 +51,7 @@ def draw_row(
     item: Mapping[str, str], roi_size: Sequence[int], cols: int, strength: Strength, seed: int
 ) -> list[np.ndarray]:
     """Pictures of one patch of an image: as it is, then `cols` - 1 times augmented."""
-    sample = mt.Compose([*load_transforms(), *sampling_transforms(roi_size, 1, strength)]).set_random_state(seed)
+    sample = mt.Compose([*load_transforms(with_truth=True, partial_truth={}), *sampling_transforms(roi_size, 1, strength)]).set_random_state(seed)
     augment = mt.Compose(
         [*spatial_transforms(roi_size, strength), RepairObjectsd("label"), *intensity_transforms(roi_size, strength)]
     ).set_random_state(seed)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network's probabilities back to instances: watershed from interior seeds inside the foreground.
 
-Our decision, the inverse of `targets.py`. Foreground is what is more likely not background; each face-connected region of sure
-interior is the seed of one cell; between the seeds of one foreground region the watershed draws the line where border is most
-likely. Foreground regions with one seed need no watershed and are one cell as they are.
+Our decision, the inverse of `targets.py`. Foreground is what is more likely not background; each face-connected region
+of sure interior is the seed of one cell; between the seeds of one foreground region the watershed draws the line where
+border is most likely. Foreground regions with one seed need no watershed and are one cell as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from scipy import ndimage
 from skimage.measure import label as connected_regions
 from skimage.segmentation import watershed
 
@@ -37,7 +36,7 @@ def find_seeds(probabilities: np.ndarray, threshold: float, min_size: int) -> np
 
 
 def keep_large(labels: np.ndarray, min_size: int) -> np.ndarray:
-    """Remove objects below `min_size` pixels and number the others 1..N in scan order (of the array's memory), int32."""
+    """Remove objects below `min_size` pixels and number the others 1..N in scan order (last axis fastest), int32."""
     flat = labels.ravel()
     places = np.flatnonzero(flat)
     values = flat[places]
@@ -114,8 +113,9 @@ def probabilities_to_instances(
 ) -> np.ndarray:
     """Turn class probabilities into numbered objects, the same ones each time.
 
-    Objects are connected in the full neighborhood (8 in 2D, 26 in 3D), seeds by faces only (4 in 2D, 6 in 3D), so that a diagonal
-    leak through a border doesn't merge cells. A foreground region without a seed is one object if it is large enough.
+    Objects are connected in the full neighborhood (8 in 2D, 26 in 3D), seeds by faces only (4 in 2D, 6 in 3D), so that
+    a diagonal leak through a border doesn't merge cells. A foreground region without a seed is one object if it has at
+    least `min_size` pixels: small cells may lack a seed, and a region that stands free needs none.
 
     Args:
         probabilities: softmax of background, interior, border: `(3, X, Y[, Z])`.
@@ -133,8 +133,8 @@ def probabilities_to_instances(
     """
     if probabilities.ndim < 3 or probabilities.shape[0] != 3:
         raise ValueError(
-            f"probabilities have the shape {probabilities.shape}, expected (3, X, Y[, Z]) with background, interior, border: "
-            "pass one image without batch dimension, after softmax"
+            f"probabilities have the shape {probabilities.shape}, expected (3, X, Y[, Z]) with background, interior, "
+            "border: pass one image without batch dimension, after softmax"
         )
     foreground = 1 - probabilities[BACKGROUND] > foreground_threshold
     seeds = find_seeds(probabilities, seed_threshold, min_seed_size) * foreground
@@ -195,7 +195,10 @@ class ToLabelArrayd(MapTransform):
         for key in self.key_iterator(item):
             labels = np.asarray(torch.as_tensor(item[key]).cpu())
             if labels.shape[0] != 1 or labels.min(initial=0) < 0:
-                raise ValueError(f"labels under {key!r} have the shape {labels.shape} and values from {labels.min(initial=0)}: expected (1, X, Y[, Z]), >= 0")
+                raise ValueError(
+                    f"labels under {key!r} have the shape {labels.shape} and values from {labels.min(initial=0)}: "
+                    "expected one channel (1, X, Y[, Z]) and no ignored area, as ProbabilitiesToInstancesd gives"
+                )
             largest = labels.max(initial=0)
             item[key] = labels[0].astype(np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32)
         return item

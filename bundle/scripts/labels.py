@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instance labels: valid objects from masks, from torn labels and from partial truth.
 
-A label image is an integer array: 0 background, 1..N objects, `IGNORE` not annotated (no one learns from it or is scored on it).
-An object is one region in the full neighborhood (8 in 2D, 26 in 3D). All of this is our decision: the paper of GRUU-Net only
-says that deformation "can lead to degenerated objects"; that the gold truth of the Cell Tracking Challenge (CTC) is partial is
-how its files are. The functions take arrays of any dimension; the transforms take `(1, X, Y[, Z])` and keep the meta data.
+A label image is an integer array: 0 background, 1..N objects, `IGNORE` not annotated (no one learns from it or is
+scored on it). An object is one region in the full neighborhood (8 in 2D, 26 in 3D). All of this is our decision: the
+paper of GRUU-Net only says that deformation "can lead to degenerated objects"; that gold truth of the Cell Tracking
+Challenge (CTC) is partial is how its files are. The functions take arrays of any dimension; the transforms take `(1,
+X, Y[, Z])` and keep the meta data.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import convert_to_dst_type, convert_to_tensor
 from scipy import ndimage
 from skimage.measure import label as connected_regions
 
@@ -36,22 +36,22 @@ def as_label_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
         ValueError: for fractions, not-a-number, and values below `IGNORE` or beyond int32.
     """
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if array.size and not (IGNORE <= array.min() and array.max() <= np.iinfo(np.int32).max):
+    if array.size and not (array.min() >= IGNORE and array.max() <= np.iinfo(np.int32).max):
         raise ValueError(
-            f"label image holds values from {array.min()} to {array.max()}, expected {IGNORE} (not annotated), 0 (background) "
-            "and object numbers up to 2**31 - 1: is this an image instead of a label?"
+            f"label image holds values from {array.min()} to {array.max()}, expected {IGNORE} (not annotated), "
+            "0 (background) and object numbers up to 2**31 - 1: is this an image instead of a label?"
         )
     labels = array.astype(np.int32)
     if array.dtype.kind == "f" and not np.array_equal(labels, array):
-        raise ValueError("label image holds fractions, expected whole object numbers: read or resample it with nearest-neighbor")
+        raise ValueError("label image holds fractions, expected whole object numbers: resample by nearest neighbor")
     return labels
 
 
 def unique_objects(labels: np.ndarray) -> np.ndarray:
     """Turn a plain mask into objects; leave instance labels as they are.
 
-    A plain mask is what an annotator draws without numbers: its only positive value is 1 (or 255). Each connected region of it
-    becomes an object. An instance label with the single object 1 looks the same, and for one region the result is the same.
+    A plain mask is what an annotator draws without numbers: its only positive value is 1 (or 255). Each connected
+    region of it becomes an object. An instance label with the single object 1 looks the same; for one region so is the result.
 
     Args:
         labels: integer label array of any dimension; `IGNORE` is kept.
@@ -70,8 +70,9 @@ def unique_objects(labels: np.ndarray) -> np.ndarray:
 def repair_objects(labels: np.ndarray, min_size: int = 5, min_fraction: float = 0.25) -> np.ndarray:
     """Make each connected fragment of a torn object an object of its own, and ignore crumbs.
 
-    Deformations and crops tear objects. A fragment is kept if it has at least `min_fraction` of the size of the object's largest
-    fragment and at least `min_size` pixels. Smaller crumbs become `IGNORE`: they are neither background nor a cell of usual shape.
+    Deformations and crops tear objects. A fragment is kept if it has at least `min_fraction` of the size of its object's
+    largest fragment and at least `min_size` pixels. Smaller crumbs become `IGNORE`: they are neither background nor a
+    cell of usual shape.
 
     Args:
         labels: integer label array of any dimension; `IGNORE` is kept.
@@ -117,7 +118,7 @@ def marker_owners(labels: np.ndarray, markers: np.ndarray) -> dict[int, int]:
 def reach_beyond_marker(
     labels: np.ndarray, markers: np.ndarray, owners: Mapping[int, int], spacing: Sequence[float] | None = None
 ) -> float:
-    """Return how far the annotated cells reach beyond their markers: the largest distance of a cell's pixel to its marker.
+    """Return how far annotated cells reach beyond their markers: the largest distance of a cell's pixel to its marker.
 
     Args:
         labels: integer label array of any dimension.
@@ -142,12 +143,12 @@ def mark_unannotated(
     spacing: Sequence[float] | None = None,
     strict: bool = False,
 ) -> np.ndarray:
-    """Set the surroundings of cells that have a marker but no annotation to `IGNORE`, so that they are not taken for background.
+    """Set the surroundings of cells that have a marker but no annotation to `IGNORE`: they are not background.
 
     The gold truth of the CTC holds a few cells of a frame (`SEG`) and markers of almost all (`TRA`). Background within
-    `REACH_FACTOR` x reach + `margin` of an uncovered marker is ignored; the reach is learned from the frame's annotated cells
-    (`reach_beyond_marker`). A marker is covered if more than half of it lies in one object. With all markers covered nothing
-    changes; with none covered nothing is known about the frame's cells, and all background is ignored.
+    `REACH_FACTOR` x reach + `margin` of an uncovered marker is ignored; the reach is learned from the frame's annotated
+    cells (`reach_beyond_marker`). A marker is covered if more than half of it lies in one object. With all markers
+    covered nothing changes; with none covered nothing is known about the cells, and all background is ignored.
 
     Args:
         labels: integer label array of any dimension; objects stay as they are.
@@ -161,7 +162,7 @@ def mark_unannotated(
         ValueError: if the shapes differ.
     """
     if labels.shape != markers.shape:
-        raise ValueError(f"labels have the shape {labels.shape}, markers {markers.shape}: expected those of the same frame")
+        raise ValueError(f"labels have the shape {labels.shape}, markers {markers.shape}: expected those of one frame")
     owners = marker_owners(labels, markers)
     uncovered = [marker for marker, owner in owners.items() if owner == 0]
     if not uncovered:
@@ -179,11 +180,12 @@ def mark_unannotated(
 def ignore_edge(labels: np.ndarray, width: int) -> np.ndarray:
     """Set the background within `width` pixels of the image's edge, along the first two axes, to `IGNORE`.
 
-    The CTC annotates no cell that lies wholly in this band (its "field of interest"): markers and masks are missing there.
+    The CTC leaves cells near the edge out (its "field of interest"): markers and masks are missing there.
 
     Args:
         labels: integer label array `(X, Y[, Z])`.
-        width: in pixels; CTC: 25 for Fluo-N2DL-HeLa and PhC-C2DL-PSC, 50 for DIC-C2DH-HeLa, Fluo-N2DH-GOWT1 and Fluo-C2DL-MSC.
+        width: in pixels; in the CTC 25 for Fluo-N2DL-HeLa and PhC-C2DL-PSC, 50 for DIC-C2DH-HeLa, Fluo-N2DH-GOWT1 and
+            Fluo-C2DL-MSC, 0 for simulated sets.
     """
     edge = np.ones(labels.shape, dtype=bool)
     edge[width : max(width, labels.shape[0] - width), width : max(width, labels.shape[1] - width)] = False
@@ -192,8 +194,8 @@ def ignore_edge(labels: np.ndarray, width: int) -> np.ndarray:
 
 def like(array: np.ndarray, image: np.ndarray | torch.Tensor) -> MetaTensor:
     """Return an int32 label array `(1, X, Y[, Z])` as MetaTensor with the meta data of `image`."""
-    tensor = convert_to_tensor(np.ascontiguousarray(array, dtype=np.int32), track_meta=True)
-    return convert_to_dst_type(tensor, image, dtype=torch.int32)[0] if isinstance(image, MetaTensor) else tensor
+    tensor = MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)))
+    return tensor.copy_meta_from(image) if isinstance(image, MetaTensor) else tensor
 
 
 class AsInstancesd(MapTransform):
@@ -209,7 +211,7 @@ class AsInstancesd(MapTransform):
 
 
 class RepairObjectsd(MapTransform):
-    """Give fragments of torn objects their own number and ignore crumbs: `repair_objects` on labels `(1, X, Y[, Z])`."""
+    """Number fragments of torn objects and ignore crumbs: `repair_objects` on labels `(1, X, Y[, Z])`."""
 
     def __init__(
         self, keys: KeysCollection, min_size: int = 5, min_fraction: float = 0.25, allow_missing_keys: bool = False

@@ -58,8 +58,9 @@ def normalized_focal_loss(
 
     log_p = F.log_softmax(input.to(torch.promote_types(input.dtype, torch.float32)), dim=1)
     log_p_true = log_p.gather(1, classes).squeeze(1)
-    # 1 - p of the true class, without the cancellation that costs it all its digits where p is near 1
-    w = (-torch.expm1(log_p_true)).clamp(min=0.0) ** gamma if gamma > 0 else torch.ones_like(log_p_true)
+    # 1 - p of the true class, without the cancellation that costs it all its digits where p is near 1; kept above zero,
+    # where a power below 1 has no finite derivative
+    w = (-torch.expm1(log_p_true)).clamp(min=1e-12) ** gamma if gamma > 0 else torch.ones_like(log_p_true)
     w = w * valid
     if class_weight is not None:
         w = w * class_weight.to(w)[classes.squeeze(1)]
@@ -73,11 +74,9 @@ def normalized_focal_loss(
 
 def _without_channel(x: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
     """(B, 1, ...) or (B, ...) -> (B, ...); a ValueError for all else."""
-    if x.dim() == len(shape) + 1 and x.shape[1] == 1:
-        x = x.squeeze(1)
-    if tuple(x.shape) != shape:
+    if tuple(x.shape) not in (shape, (shape[0], 1, *shape[1:])):
         raise ValueError(f"{name} must be (B, 1, ...) or (B, ...) with (B, ...) = {shape}, got {tuple(x.shape)}.")
-    return x
+    return x.reshape(shape)
 
 
 class NormalizedFocalLoss(nn.Module):

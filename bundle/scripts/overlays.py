@@ -70,7 +70,7 @@ def draw_overlay(
         image: gray values `([Z,] Y, X)`.
         instances: object ids of the same shape, 0 background.
         truth: true ids of the same shape, values below 1 are not drawn.
-        spacing: size of a voxel along z, y and x, in any unit; equal sizes by default. A picture of a 2D image has square pixels.
+        spacing: size of a voxel along the axes, in any unit; equal by default. A 2D picture has square pixels anyway.
 
     Returns:
         (H, W, 3) RGB picture, uint8.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instance labels to the network's three classes: background, interior, and border between cells.
 
-Our decision; the paper only asks for a loss that separates touching objects. The border lies inside of the cells, on both sides of
-a contact: a band of `2 * border_width` pixels is wide enough to be learned, and foreground (interior + border) stays exactly the
-cells, so nothing is lost on the way back (`instances.py`). Cells that stand free have no border.
+Our decision; the paper only asks for a loss that separates touching objects. The border lies inside of the cells, on
+both sides of a contact: a band of `2 * border_width` pixels is wide enough to be learned, and foreground (interior +
+border) stays exactly the cells, so nothing is lost on the way back (`instances.py`). Cells that stand free have no
+border.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from skimage.measure import label as connected_regions
 from scripts.labels import IGNORE, as_label_array, like
 
 BACKGROUND, INTERIOR, BORDER = 0, 1, 2
-MIN_RECOVERED = 0.95  # share of a fragment that must grow back from its interior, else its border is made thinner
+MIN_RECOVERED = 0.9  # share of a fragment that must grow back from its interior, else its border is made thinner
 
 
 def near_other(labels: np.ndarray, width: Sequence[int], gap: int) -> np.ndarray:
@@ -62,7 +63,7 @@ def innermost(fragment: np.ndarray, others: np.ndarray, share: float) -> np.ndar
 
 
 def largest_pieces(fragments: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Return the number of its fragment where the largest face-connected piece inside of each fragment lies, 0 elsewhere.
+    """Return each fragment's number where its largest face-connected piece inside lies, 0 elsewhere.
 
     Args:
         fragments: connected regions, numbered 1..N, of any dimension.
@@ -83,7 +84,7 @@ def largest_pieces(fragments: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def recovered(fragments: np.ndarray, interior: np.ndarray, width: Sequence[int]) -> np.ndarray:
-    """Return for each fragment the share of its pixels that its interior covers when it grows by `width`: what decoding gets back.
+    """Return the share of each fragment that its interior covers when it grows by `width`: what decoding gets back.
 
     Args:
         fragments: connected regions, numbered 1..N, of any dimension.
@@ -98,10 +99,10 @@ def recovered(fragments: np.ndarray, interior: np.ndarray, width: Sequence[int])
 def one_interior_each(labels: np.ndarray, width: Sequence[int], gap: int, min_share: float) -> np.ndarray:
     """Return the interiors: one face-connected region for each connected fragment of an object.
 
-    The border is as wide as asked where the fragment can be grown back from its interior. Where it can't (tiny or thin cells),
-    the border is made thinner, at last to the pixels that touch a neighbor, on both sides of the contact: so the line between two
-    cells stays in the middle of their border, where the watershed finds it. Fragments too small even for that keep their
-    `innermost` pixels.
+    The border is as wide as asked where the fragment can be grown back from its interior. Where it can't (tiny or
+    thin cells), the border is made thinner, at last to the pixels that touch a neighbor, on both sides of the
+    contact: so the line between two cells stays in the middle of their border, where the watershed finds it.
+    Fragments too small even for that keep their `innermost` pixels.
 
     Args:
         labels: integer label array of any dimension, with `IGNORE` taken as one more object.
@@ -140,16 +141,17 @@ def instances_to_target(
 ) -> np.ndarray:
     """Turn instance labels into the classes background, interior and border.
 
-    Border are an object's pixels at most `border_width` from its outline and at most `border_width + gap` from another object, counted in
-    squares (boxes). Each connected fragment of an object keeps exactly one connected interior: smaller pieces that the border
-    cuts off are border, and where too little would remain the border is thinner (`one_interior_each`). Pixels that would be
-    border if the ignored area beside them were a cell become `IGNORE`: nobody knows.
+    Border are an object's pixels at most `border_width` from its outline and at most `border_width + gap` from
+    another object, counted in squares (boxes). Each connected fragment of an object keeps exactly one connected
+    interior: smaller pieces that the border cuts off are border, and where too little would remain the border is
+    thinner (`one_interior_each`). Pixels that would be border if the ignored area beside them were a cell become
+    `IGNORE`.
 
     Args:
         labels: integer label array of any dimension, `IGNORE` where not annotated.
         border_width: in pixels, at least 1; one number, or one for each axis (anisotropic volumes).
-        gap: objects with this many background pixels between them still get a border; the gap itself stays background.
-        min_share: the interior holds about this share of a fragment or more, 0 to 1.
+        gap: objects with so many background pixels between them still get a border; the gap itself stays background.
+        min_share: a fragment too small for any border keeps this share of it as interior, 0 to 1.
 
     Returns:
         int64 array of the same shape with `BACKGROUND`, `INTERIOR`, `BORDER` and `IGNORE`.
@@ -160,8 +162,8 @@ def instances_to_target(
     width = [border_width] * labels.ndim if isinstance(border_width, int) else list(border_width)
     if len(width) != labels.ndim or min(width) < 1:
         raise ValueError(
-            f"border_width is {border_width} for labels of the shape {labels.shape}: expected one whole number >= 1, or one for "
-            "each axis"
+            f"border_width is {border_width} for labels of the shape {labels.shape}: expected one whole number >= 1, "
+            "or one for each axis"
         )
     labels = labels.astype(np.int32, copy=False)
     target = np.where(labels > 0, BORDER, labels).astype(np.int64)
@@ -174,7 +176,7 @@ def instances_to_target(
 
 
 class InstancesToTargetd(MapTransform):
-    """Turn instance labels `(1, X, Y[, Z])` into classes of the same shape: `instances_to_target`, int64 (what losses take)."""
+    """Turn instance labels `(1, X, Y[, Z])` into classes of the same shape, int64: `instances_to_target`."""
 
     def __init__(
         self,
