@@ -6,4 +6,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-setup(version=json.loads(Path(__file__).with_name("bundle").joinpath("configs", "metadata.json").read_text())["version"])
+setup(
+    version=json.loads(Path(__file__).with_name("bundle").joinpath("configs", "metadata.json").read_text())["version"]
+)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the three classes lose: real truth -> target -> instances, and the score against the truth it came from.
 
-No network is involved: the target itself, as probabilities, goes through the post-processing with default parameters. SEG is
-the mean over true objects of the Jaccard index with the object that covers more than half of it, else 0 (Cell Tracking
-Challenge). Run: `python benchmarks/roundtrip.py --data_root FOLDER [--border_width 2] [--most 60]`.
+No network is involved: the target itself, as probabilities, goes through the post-processing with default parameters.
+SEG is the mean over true objects of the Jaccard index with the object that covers more than half of it, else 0 (Cell
+Tracking Challenge). Run: `python benchmarks/roundtrip.py --data_root FOLDER [--border_width 2] [--most 60]`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def main(data_root: str, border_width: int | Sequence[int] = 2, most: int = 60) 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     sets = truth_files(Path(data_root))
     if not sets:
-        raise FileNotFoundError(f"no */masks/*.tif and no ctc/*/*_GT/SEG/*.tif below {data_root}: pass the data's folder")
+        raise FileNotFoundError(
+            f"no */masks/*.tif and no ctc/*/*_GT/SEG/*.tif below {data_root}: pass the data's folder"
+        )
     logger.info(f"{'set':<24}{'frames':>7}{'objects':>9}{'SEG':>8}{'lost':>6}{'< 0.9':>7}{'us / pixel':>12}")
     for name, paths in sets.items():
         chosen = paths[:: max(1, len(paths) // most)] if most else paths

@@ -25,5 +25,8 @@ def real_data() -> Path:
     """Folder of real annotated images; the test is skipped where there is none."""
     folder = Path(os.environ.get("MONAI_DATA_DIRECTORY", ROOT.parent / "shared" / "data"))
     if not (folder / "dsb2018" / "images").is_dir():
-        pytest.skip(f"needs real images: set MONAI_DATA_DIRECTORY to a folder with dsb2018/, ctc/, ... (not found in {folder})")
+        pytest.skip(
+            "needs real images: set MONAI_DATA_DIRECTORY to a folder with dsb2018/, ctc/, ... "
+            f"(not found in {folder})"
+        )
     return folder

@@ -133,7 +133,10 @@ def test_module_equals_function() -> None:
     [
         (lambda: NormalizedFocalLoss(gamma=-1), "gamma must be at least 0, got -1"),
         (lambda: NormalizedFocalLoss(class_weight=[1, -1]), "class_weight must not be negative"),
-        (lambda: normalized_focal_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 5)), r"target must be .*got \(1, 1, 4, 5\)"),
+        (
+            lambda: normalized_focal_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 5)),
+            r"target must be .*got \(1, 1, 4, 5\)",
+        ),
         (
             lambda: normalized_focal_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4), torch.zeros(4, 4)),
             r"weight must be .*got \(4, 4\)",

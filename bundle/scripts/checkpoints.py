@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
+from scripts.files import whole_file
+
 __all__ = ["TrainingState", "WeightsSaver", "save_whole"]
 
 logger = logging.getLogger(__name__)
@@ -25,14 +27,8 @@ logger = logging.getLogger(__name__)
 
 def save_whole(content: Any, path: str | os.PathLike[str]) -> None:
     """`torch.save` that leaves either the old file or the whole new one, whenever it is interrupted."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as draft:
         torch.save(content, draft)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -82,8 +78,8 @@ class WeightsSaver:
 class TrainingState:
     """Handler of the trainer, last in its list: writes the state after each epoch, and restores it at the start.
 
-    The state is weights, optimizer, learning-rate schedule, epoch, and the best metric so far. Random numbers need no state:
-    `EpochSeeder` makes them a function of the epoch.
+    The state is weights, optimizer, learning-rate schedule, epoch, and the best metric so far. Random numbers need no
+    state: `EpochSeeder` makes them a function of the epoch.
 
     Args:
         path: file to write and to resume from.
@@ -134,13 +130,14 @@ class TrainingState:
         """Load the state before the first epoch.
 
         Raises:
-            ValueError: when the file does not fit the network or the optimizer.
+            ValueError: when the file does not fit the network, the optimizer or the planned number of steps.
         """
         if not self.path.is_file():
             logger.warning("nothing to resume: %s is not there, training starts anew", self.path)
             return
         wrapped = isinstance(self.network, torch.nn.parallel.DistributedDataParallel)
         content = torch.load(self.path, map_location="cpu", weights_only=True)
+        planned = self.lr_scheduler.state_dict().get("total_steps")
         try:
             (self.network.module if wrapped else self.network).load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -148,11 +145,16 @@ class TrainingState:
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"cannot resume from {self.path}: it belongs to another network or optimizer ({error}). "
-                "Give the configuration that wrote it, or another ckpt_dir."
+                "Give the configuration that wrote it, or another output_dir."
             ) from error
+        before = content["lr_scheduler"].get("total_steps")
+        if before != planned:
+            raise ValueError(
+                f"cannot resume from {self.path}: its learning rate is planned for {before} steps, this training has "
+                f"{planned}. Give the epochs and epoch_iterations that wrote it; or, for a longer training, another "
+                "output_dir and --pretrained True, which starts anew from the weights."
+            )
         engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
         self.evaluator.state.best_metric = content["best_metric"]
         self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
-        logger.info(
-            "resumed from %s: epoch %d, best metric %.4f", self.path, content["epoch"], content["best_metric"]
-        )
+        logger.info("resumed from %s: epoch %d, best metric %.4f", self.path, content["epoch"], content["best_metric"])

@@ -51,7 +51,8 @@ def draw_row(
     item: Mapping[str, str], roi_size: Sequence[int], cols: int, strength: Strength, seed: int
 ) -> list[np.ndarray]:
     """Pictures of one patch of an image: as it is, then `cols` - 1 times augmented."""
-    sample = mt.Compose([*load_transforms(with_truth=True, partial_truth={}), *sampling_transforms(roi_size, 1, strength)]).set_random_state(seed)
+    load = load_transforms(with_truth=True, partial_truth={})
+    sample = mt.Compose([*load, *sampling_transforms(roi_size, 1, strength)]).set_random_state(seed)
     augment = mt.Compose(
         [*spatial_transforms(roi_size, strength), RepairObjectsd("label"), *intensity_transforms(roi_size, strength)]
     ).set_random_state(seed)

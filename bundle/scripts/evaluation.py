@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced
 
+from scripts.files import write_whole
 from scripts.images import CTC_FRAME, CTC_SEQUENCE, image_stem
 from scripts.labels import as_label_array
 from scripts.metrics import IOU_THRESHOLDS, FrameScore, score_frame, summarize
@@ -189,17 +189,6 @@ def by_sequence(rows: Sequence[tuple[str, FrameScore]]) -> dict[str, list[FrameS
         if _is_frame(folder.rpartition("/")[2], stem):
             sequences.setdefault(folder, []).append(frame)
     return sequences
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, whenever this is interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _rank() -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -26,6 +25,7 @@ from monai.data.utils import affine_to_spacing, is_no_channel
 from monai.utils import MetaKeys, SpaceKeys, convert_data_type, ensure_tuple
 from PIL import Image
 
+from scripts.files import whole_file
 from scripts.tiff import ImageError, ImageInfo, luminance, read_tiff, tiff_info, write_tiff
 
 NIFTI = (".nii", ".nii.gz")
@@ -149,17 +149,12 @@ def write_labels(
         raise ValueError(f"{path}: cannot write labels as {path.suffix or 'this'}: use .tif, .nii or .nii.gz")
     labels = _as_unsigned(labels, path)
     spacing = tuple(float(size) for size in (spacing or (1.0,) * labels.ndim))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
+    with whole_file(path) as draft:
         if suffix in NIFTI:
             voxel = np.diag([*spacing[::-1], *(1.0,) * (4 - labels.ndim)])
-            nibabel.save(nibabel.Nifti1Image(labels.T, voxel if affine is None else affine), part)
+            nibabel.save(nibabel.Nifti1Image(labels.T, voxel if affine is None else affine), draft)
         else:
-            write_tiff(part, labels, spacing)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+            write_tiff(draft, labels, spacing)
 
 
 def _as_unsigned(labels: np.ndarray, path: Path) -> np.ndarray:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the network is run: on patches in training, on whole images of any size in validation and inference.
 
-Both run in bfloat16 where asked to (`amp`). MONAI's engines know mixed precision on CUDA only; an inferer is the one place
-where it works on CPU too, and bfloat16 needs no loss scaling.
+Both run in bfloat16 where asked to (`amp`). MONAI's engines know mixed precision on CUDA only; an inferer is the one
+place where it works on CPU too, and bfloat16 needs no loss scaling.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
 from monai.utils import convert_to_dst_type
 
-__all__ = ["PatchInferer", "ProbabilityInferer", "bfloat16_pays"]
+__all__ = ["PatchInferer", "ProbabilityInferer", "bfloat16_pays", "window_weights"]
+
+SIGMA = 0.125  # of the weight of a window's pixels, relative to its size
 
 
 def bfloat16_pays(device: torch.device | str) -> bool:
@@ -24,6 +26,21 @@ def bfloat16_pays(device: torch.device | str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else ""
     return capabilities == "AVX512" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def window_weights(size: Sequence[int]) -> torch.Tensor:
+    """Gaussian weight of each pixel of a window, (1, 1, X, Y[, Z]).
+
+    MONAI's own weights are never below 0.001. Near the image's edge all weights are so small, and there the outermost
+    pixels of a window, which have seen the least, would count as much as the inner ones of the next window.
+    """
+    weights = torch.ones(1, 1, *[1] * len(size))
+    for axis, length in enumerate(size, start=2):
+        offset = (torch.arange(length) - (length - 1) / 2) / (SIGMA * length)
+        shape = [1] * weights.ndim
+        shape[axis] = length
+        weights = weights * torch.exp(-0.5 * offset**2).reshape(shape)
+    return weights
 
 
 class PatchInferer(Inferer):
@@ -49,8 +66,8 @@ class PatchInferer(Inferer):
 class ProbabilityInferer(Inferer):
     """Class probabilities of whole images: overlapping windows, each through softmax, blended with a Gaussian weight.
 
-    Blending probabilities before any object is drawn is what keeps objects whole across windows. An image not larger than
-    the window goes through the network as it is, without padding (the network takes any size).
+    Blending probabilities before any object is drawn is what keeps objects whole across windows. An image not larger
+    than the window goes through the network as it is, without padding (the network takes any size).
 
     Args:
         roi_size: window in pixels, (X, Y[, Z]).
@@ -94,12 +111,13 @@ class ProbabilityInferer(Inferer):
 
         if all(length <= window for length, window in zip(size, self.roi_size, strict=True)):
             return convert_to_dst_type(probabilities(inputs), inputs)[0]
+        window = [min(length, most) for length, most in zip(size, self.roi_size, strict=True)]
         return sliding_window_inference(  # type: ignore[return-value]
             inputs,
-            roi_size=[min(length, window) for length, window in zip(size, self.roi_size, strict=True)],
+            roi_size=window,
             sw_batch_size=self.sw_batch_size,
             predictor=probabilities,
             overlap=self.overlap,
-            mode="gaussian",
+            roi_weight_map=window_weights(window),
             progress=self.progress,
         )

@@ -169,7 +169,7 @@ class ProbabilitiesToInstancesd(MapTransform):
             allow_missing_keys: do nothing where an item has no prediction.
         """
         super().__init__(keys, allow_missing_keys)
-        self.options = {
+        self.options: dict[str, Any] = {
             "seed_threshold": seed_threshold,
             "foreground_threshold": foreground_threshold,
             "min_size": min_size,

@@ -51,7 +51,8 @@ def unique_objects(labels: np.ndarray) -> np.ndarray:
     """Turn a plain mask into objects; leave instance labels as they are.
 
     A plain mask is what an annotator draws without numbers: its only positive value is 1 (or 255). Each connected
-    region of it becomes an object. An instance label with the single object 1 looks the same; for one region so is the result.
+    region of it becomes an object. An instance label with the single object 1 looks the same; the result is the same,
+    too, where that object is one region.
 
     Args:
         labels: integer label array of any dimension; `IGNORE` is kept.
@@ -70,9 +71,9 @@ def unique_objects(labels: np.ndarray) -> np.ndarray:
 def repair_objects(labels: np.ndarray, min_size: int = 5, min_fraction: float = 0.25) -> np.ndarray:
     """Make each connected fragment of a torn object an object of its own, and ignore crumbs.
 
-    Deformations and crops tear objects. A fragment is kept if it has at least `min_fraction` of the size of its object's
-    largest fragment and at least `min_size` pixels. Smaller crumbs become `IGNORE`: they are neither background nor a
-    cell of usual shape.
+    Deformations and crops tear objects. A fragment is kept if it has at least `min_fraction` of the size of the
+    object's largest fragment and at least `min_size` pixels. Smaller crumbs become `IGNORE`: they are neither background nor
+    cells of a usual shape.
 
     Args:
         labels: integer label array of any dimension; `IGNORE` is kept.

@@ -6,8 +6,8 @@ Idea: Wollmann et al., "GRUU-Net", Medical Image Analysis 56 (2019), https://doi
 below is this project's decision. Focal weights are from Lin et al., https://arxiv.org/abs/1708.02002.
 
 Why the normalization: plain focal weights fall by orders of magnitude as training goes on, while the second moment of
-Adam or AMSGrad remembers the large early gradients; so the steps die away on just the hard pixels between cells. Dividing
-by the sum of the weights keeps the scale of the gradient.
+Adam or AMSGrad remembers the large early gradients; so the steps die away on just the hard pixels between cells.
+Dividing by the sum of the weights keeps the scale of the gradient.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def normalized_focal_loss(
         w_i = u_i * a_i * (1 - p_i)^gamma,   p_i the softmax probability of the true class of pixel i
         L = sum_i w_i * CE_i / stop_gradient(sum_i w_i)            per image, then the mean over the batch
 
-    with `u` the pixel weight and `a` the class weight. Pixels to ignore have `w = 0`. An image without any pixel to learn
-    from, and one that is all correct to the last bit, counts as 0. With `gamma=0` and no weights this is cross-entropy.
+    with `u` the pixel weight and `a` the class weight. Pixels to ignore have `w = 0`. An image without any pixel to
+    learn from, and one that is all correct to the last bit, counts as 0. With `gamma=0` and no weights this is
+    cross-entropy.
 
     Args:
         input: logits, (B, C, H, W[, D]), of any floating type; computed in at least float32.
@@ -106,7 +107,9 @@ class NormalizedFocalLoss(nn.Module):
         self.gamma = gamma
         self.ignore_index = ignore_index
         self.class_weight: torch.Tensor | None
-        self.register_buffer("class_weight", None if class_weight is None else torch.tensor(class_weight, dtype=torch.float32))
+        self.register_buffer(
+            "class_weight", None if class_weight is None else torch.tensor(class_weight, dtype=torch.float32)
+        )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, C, ...), classes (B, 1, ...) and maybe pixel weights (B, 1, ...) -> scalar loss."""

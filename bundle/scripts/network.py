@@ -6,16 +6,17 @@ segmentation", Medical Image Analysis 56 (2019), https://doi.org/10.1016/j.media
 code; this is written from the paper's text and from a public reader's summary of its equations.
 
 Two streams run side by side. The recurrent stream holds one state `h` at full resolution. The pooling stream visits the
-scales 2, 4, ..., 2^n, ..., 4, 2 once each; at each scale a Full-Resolution Dense Unit (FRDU) looks at the pooled state and
-at the previous scale's features, and a convolutional GRU refines the state with what the unit found. There is no other
-skip connection.
+scales 2, 4, ..., 2^n, ..., 4, 2 once each; at each scale a Full-Resolution Dense Unit (FRDU) looks at the pooled
+state and at the previous scale's features, and a convolutional GRU refines the state with what the unit found. There
+is no other skip connection.
 
-Left open by the sources, decided here: one GRU is shared by all steps (`shared_gru`); unpooling is nearest neighbor; one
-residual block stands before the recurrence, as in FRRN; channels and dense layers per scale; batch norm by default;
+Left open by the sources, decided here: one GRU is shared by all steps (`shared_gru`); unpooling is nearest neighbor;
+one residual block stands before the recurrence, as in FRRN; channels and dense layers per scale; batch norm by default;
 an image of any size is padded at its far edges by replication, and the result cropped.
 
-One identity makes the recurrence cheaper and changes no result: a 3x3 convolution after nearest-neighbor unpooling by two
-is a transposed convolution with a 4x4 kernel and stride 2, so the gates' share of the input never needs the unpooled input.
+One identity makes the recurrence cheaper and changes no result: a 3x3 convolution after nearest-neighbor unpooling by
+two is a transposed convolution with a 4x4 kernel and stride 2, so the gates' share of the input never needs the
+unpooled input.
 """
 
 from collections.abc import Sequence
@@ -98,15 +99,28 @@ class ConvGRU(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Densely connected 3x3 convolutions: each sees the block's input and all results before it; returns all of them."""
+    """Densely connected 3x3 convolutions: each sees the block's input and all results before it."""
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, growth: int, layers: int, act: str | tuple, norm: str | tuple | None, dropout: float
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        growth: int,
+        layers: int,
+        act: str | tuple,
+        norm: str | tuple | None,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             Convolution(
-                spatial_dims, in_channels + i * growth, growth, act=act, norm=norm, dropout=dropout or None, bias=norm is None
+                spatial_dims,
+                in_channels + i * growth,
+                growth,
+                act=act,
+                norm=norm,
+                dropout=dropout or None,
+                bias=norm is None,
             )
             for i in range(layers)
         )
@@ -202,7 +216,7 @@ class GRUUNet(nn.Module):
         in_channels: number of image channels.
         out_channels: number of classes.
         features: channels of the recurrent state (the paper's lanes).
-        channels: channels of the merging 1x1 convolution at each scale, finest (2) first; its length is the number of scales.
+        channels: channels of the merging 1x1 convolution at each scale, finest (2) first; as many as there are scales.
         dense_layers: dense layers at each scale, as many as `channels`.
         growth: channels that each dense layer adds.
         act: activation.
@@ -243,7 +257,8 @@ class GRUUNet(nn.Module):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
         if not channels or len(channels) != len(dense_layers):
             raise ValueError(
-                f"channels and dense_layers must have one entry for each scale, got {list(channels)} and {list(dense_layers)}."
+                "channels and dense_layers must have one entry for each scale, "
+                f"got {list(channels)} and {list(dense_layers)}."
             )
         scales = len(channels)
         self.steps = 2 * scales - 1
@@ -254,7 +269,9 @@ class GRUUNet(nn.Module):
         self.max_steps = self.steps if max_steps is None else max_steps
         self.checkpointing = checkpointing
 
-        self.stem = Convolution(spatial_dims, in_channels, features, kernel_size=5, act=act, norm=norm, bias=norm is None)
+        self.stem = Convolution(
+            spatial_dims, in_channels, features, kernel_size=5, act=act, norm=norm, bias=norm is None
+        )
         self.before = ResidualBlock(spatial_dims, features, act, norm)
         self.units = nn.ModuleList()
         self.grus = nn.ModuleList()
@@ -306,7 +323,7 @@ class GRUUNet(nn.Module):
         o = self.stem(x)
         h = self.before(o)
         states: list[torch.Tensor] = []
-        for i, (unit, gru) in enumerate(zip(self.units, self.grus)):
+        for i, (unit, gru) in enumerate(zip(self.units, self.grus)):  # noqa: B905 (TorchScript knows no strict)
             if i < self.max_steps:
                 if self.checkpointing and self.training and not torch.jit.is_scripting():
                     o, h = self.checkpointed_step(i, o, h)
@@ -327,8 +344,8 @@ class GRUUNet(nn.Module):
         return checkpoint(step, o, h, use_reentrant=False)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """Replicate the far edges until the size is a multiple of `divisor`; last spatial axis first, as F.pad wants it."""
-        amount: list[int] = []
+        """Replicate the far edges until the size is a multiple of `divisor`."""
+        amount: list[int] = []  # last axis first, as F.pad wants it
         for axis in range(x.dim() - 1, 1, -1):
             amount += [0, -x.shape[axis] % self.divisor]
         x = F.pad(x, amount, mode="replicate")

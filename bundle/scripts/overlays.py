@@ -22,7 +22,8 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from skimage.segmentation import expand_labels
 from skimage.transform import resize
 
-from scripts.evaluation import short_names, source_path, write_whole
+from scripts.evaluation import short_names, source_path
+from scripts.files import write_whole
 from scripts.labels import as_label_array
 
 PALETTE = np.array(

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class EpochSeeder:
-    """Seeds all random numbers from the epoch, so that epoch N is the same whether or not training was interrupted before.
+    """Seeds all random numbers from the epoch, so that epoch N is the same in an interrupted training.
 
     Args:
         seed: of the training.
-        dataloader: whose transforms are seeded too (those of worker processes follow from PyTorch's seed). Each process of a
-            distributed training draws its own augmentations.
+        dataloader: whose transforms are seeded too (those of worker processes follow from PyTorch's seed). Each
+            process of a distributed training draws its own augmentations.
     """
 
     def __init__(self, seed: int, dataloader: DataLoader) -> None:
