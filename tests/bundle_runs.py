@@ -6,8 +6,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from monai.bundle import ConfigWorkflow, create_workflow
 
 from conftest import BUNDLE
@@ -80,3 +84,50 @@ def shell(arguments: list[str], cwd: Path, expect_failure: bool = False) -> str:
     printed = done.stdout + done.stderr
     assert (done.returncode != 0) == expect_failure, printed[-4000:]
     return printed
+
+
+class Trained(NamedTuple):
+    """What a training left behind."""
+
+    output: Path
+    models: Path
+    printed: str
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return torch.load(self.output / "training_state.pt", weights_only=True)
+
+
+def shipped() -> dict[str, tuple[int, int]]:
+    """Files of the bundle that a training or an evaluation might write to, with size and time."""
+    files = [
+        path for folder in ("models", "eval", "configs") for path in (BUNDLE / folder).rglob("*") if path.is_file()
+    ]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def infer(
+    dataset_dir: object,
+    output: Path,
+    models: Path,
+    *names: str,
+    network: Mapping[str, object] = TINY_NETWORK,
+    **overrides: object,
+) -> Path:
+    """Segment in this process; returns where the masks are."""
+    paths = {"dataset_dir": str(dataset_dir), "output_dir": str(output), "ckpt_dir": str(models)}
+    run(names or ("inference",), "infer", **paths, **{**network, **overrides})
+    return output
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def messages(error: BaseException | None) -> str:
+    """The message of an error with those of its causes, as a user sees them."""
+    return f"{error}\n{messages(error.__cause__ or error.__context__)}" if error else ""
+
+
+def noise(*shape: int, high: float = 255.0) -> np.ndarray:
+    return np.random.default_rng(0).random(shape) * high

@@ -74,7 +74,12 @@ def grow_seeds(seeds: np.ndarray, foreground: np.ndarray, probabilities: np.ndar
     shared = foreground & (labels == 0)
     if shared.any():
         landscape = probabilities[BORDER] - probabilities[INTERIOR]
-        labels += watershed(landscape, np.where(shared, seeds, 0), mask=shared, connectivity=foreground.ndim)
+        markers = np.where(shared, seeds, 0)
+        # seeds lie below all else, large ones deepest: a pixel between two seeds goes to the larger one, because small
+        # cells are interior up to their rim (`targets.py`)
+        sizes = np.bincount(markers.ravel()).astype(landscape.dtype)
+        landscape[markers > 0] = -2 - (sizes / sizes[1:].max(initial=1))[markers[markers > 0]]
+        labels += watershed(landscape, markers, mask=shared, connectivity=foreground.ndim)
     return labels
 
 

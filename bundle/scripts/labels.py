@@ -72,8 +72,8 @@ def repair_objects(labels: np.ndarray, min_size: int = 5, min_fraction: float = 
     """Make each connected fragment of a torn object an object of its own, and ignore crumbs.
 
     Deformations and crops tear objects. A fragment is kept if it has at least `min_fraction` of the size of the
-    object's largest fragment and at least `min_size` pixels. Smaller crumbs become `IGNORE`: they are neither background nor
-    cells of a usual shape.
+    object's largest fragment and at least `min_size` pixels. Smaller crumbs become `IGNORE`: they are neither
+    background nor cells of a usual shape.
 
     Args:
         labels: integer label array of any dimension; `IGNORE` is kept.

@@ -22,7 +22,7 @@ from skimage.measure import label as connected_regions
 from scripts.labels import IGNORE, as_label_array, like
 
 BACKGROUND, INTERIOR, BORDER = 0, 1, 2
-MIN_RECOVERED = 0.9  # share of a fragment that must grow back from its interior, else its border is made thinner
+MIN_RECOVERED = 0.95  # share of a fragment that must grow back from its interior, else its border is made thinner
 
 
 def near_other(labels: np.ndarray, width: Sequence[int], gap: int) -> np.ndarray:
@@ -43,6 +43,22 @@ def near_other(labels: np.ndarray, width: Sequence[int], gap: int) -> np.ndarray
     core = ndimage.minimum_filter(labels, [2 * pixels + 1 for pixels in width], mode="nearest") == labels
     core &= ndimage.maximum_filter(labels, [2 * pixels + 1 for pixels in width], mode="nearest") == labels
     return near & ~core
+
+
+def beside_smaller(fragments: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Return the pixels that touch a smaller one of some fragments (of equal ones, that of the lower number).
+
+    Args:
+        fragments: connected regions, numbered 1..N, of any dimension.
+        which: for each number, whether it is one of the fragments that count.
+    """
+    sizes = np.bincount(fragments.ravel(), minlength=len(which))
+    rank = np.full(len(which), len(which), dtype=np.int32)
+    order = np.argsort(np.where(which, sizes, fragments.size), kind="stable")
+    rank[order] = np.arange(len(which))
+    rank[~which] = len(which)
+    ranks = rank[fragments]
+    return ndimage.minimum_filter(ranks, 3, mode="nearest") < ranks
 
 
 def innermost(fragment: np.ndarray, others: np.ndarray, share: float) -> np.ndarray:
@@ -102,7 +118,8 @@ def one_interior_each(labels: np.ndarray, width: Sequence[int], gap: int, min_sh
     The border is as wide as asked where the fragment can be grown back from its interior. Where it can't (tiny or
     thin cells), the border is made thinner, at last to the pixels that touch a neighbor, on both sides of the
     contact: so the line between two cells stays in the middle of their border, where the watershed finds it.
-    Fragments too small even for that keep their `innermost` pixels.
+    Fragments too small even for that are interior as a whole: their neighbor's border separates the two, or, of two
+    such fragments, that of the larger one. If that leaves too little of it, it keeps its `innermost` pixels.
 
     Args:
         labels: integer label array of any dimension, with `IGNORE` taken as one more object.
@@ -123,6 +140,8 @@ def one_interior_each(labels: np.ndarray, width: Sequence[int], gap: int, min_sh
         if not open_fragments.any():
             return interior > 0
         zone = ndimage.maximum_filter(open_fragments[fragments], [2 * (pixels + gap) + 1 for pixels in width])
+    inside |= open_fragments[fragments] & ~beside_smaller(fragments, open_fragments)
+    interior = largest_pieces(fragments, inside)
     enough = np.bincount(interior.ravel(), minlength=len(open_fragments)) >= min_share * np.bincount(fragments.ravel())
     open_fragments &= ~enough
     interior[open_fragments[fragments]] = 0
