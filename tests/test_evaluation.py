@@ -19,7 +19,7 @@ from monai.engines import SupervisedEvaluator
 from monai.handlers import CheckpointSaver, MLFlowHandler, StatsHandler
 from monai.transforms import Lambdad
 
-from scripts.evaluation import InstanceMetrics, ScoreWriter, by_sequence, short_names, write_whole
+from scripts.evaluation import InstanceMetrics, ScoreWriter, by_sequence, inside_field, short_names, write_whole
 from scripts.labels import IGNORE
 from scripts.metrics import score_frame, summarize
 
@@ -225,3 +225,18 @@ def test_processes_share_their_images(tmp_path: Path) -> None:
     assert first[0]["SEG"] == pytest.approx(3 / 6) and first[0]["n_frames"] == 3
     assert first[1] == ["01/t000", "01/t001", "01/t002"]
     assert (tmp_path / "rank" / "scores.csv").exists()
+
+
+def test_objects_outside_the_field_are_not_scored() -> None:
+    labels = np.array(
+        [
+            [1, 1, 0, 2, 2],
+            [0, 0, 0, 2, 0],
+            [3, 0, 0, 0, 0],
+            [3, 3, 0, 0, 4],
+            [0, 0, 0, 0, 4],
+        ]
+    )
+    np.testing.assert_array_equal(np.unique(inside_field(labels, 0)), [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(np.unique(inside_field(labels, 1)), [0, 2, 3])
+    np.testing.assert_array_equal(np.unique(inside_field(labels, 3)), [0])

@@ -203,3 +203,11 @@ def test_hidden_cells_are_never_background(real_data, name, kind, most_wrong, le
     assert len(wrong) == 3
     assert np.mean(wrong) <= most_wrong
     assert np.mean(usable) >= least_usable
+
+
+def test_edge_is_ignored_with_and_without_markers():
+    label = torch.zeros(1, 8, 8, dtype=torch.int32)
+    label[0, 3:5, 3:5] = 1
+    for item in ({"label": label}, {"label": label, "markers": label}):
+        result = MarkUnannotatedd("label", edge=2)(item)["label"]
+        assert (result == IGNORE).sum() == 64 - 16 and (result[0, 2:6, 2:6] >= 0).all()

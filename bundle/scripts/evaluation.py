@@ -51,6 +51,7 @@ class InstanceMetrics(Metric):
         key: str = "SEG",
         prefix: str = "val_",
         iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+        edge: int = 0,
         output_transform: Callable = lambda output: output,
     ) -> None:
         """Check the arguments.
@@ -59,6 +60,8 @@ class InstanceMetrics(Metric):
             key: the number of the summary (SEG, OP_CSB, AP50, mAP, ...) that is the key metric.
             prefix: of the names in `engine.state.metrics`.
             iou_thresholds: in [0.5, 1].
+            edge: leave out predictions that lie wholly within so many pixels of the image's edge, where the Cell
+                Tracking Challenge annotates no cell (see `labels.ignore_edge`).
             output_transform: gives the list of dicts, where `engine.state.output` is not one.
         """
         nothing = np.zeros((1, 1), dtype=np.int32)
@@ -68,6 +71,7 @@ class InstanceMetrics(Metric):
         self.key = key
         self.prefix = prefix
         self.iou_thresholds = tuple(iou_thresholds)
+        self.edge = edge
         super().__init__(output_transform=output_transform)
 
     @reinit__is_reduced
@@ -93,7 +97,9 @@ class InstanceMetrics(Metric):
         for item in output:
             path = source_path(item) or f"image{len(self._scored)}_of_process{_rank()}"
             try:
-                score = score_frame(*_label_images(item), iou_thresholds=self.iou_thresholds)
+                prediction, truth, markers = _label_images(item)
+                prediction = inside_field(prediction, self.edge)
+                score = score_frame(prediction, truth, markers, iou_thresholds=self.iou_thresholds)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             self._scored.append((path, score))
@@ -154,6 +160,19 @@ class ScoreWriter:
         write_whole(self.output_dir / "scores.json", (json.dumps(scores, indent=2, allow_nan=False) + "\n").encode())
         shown = ", ".join(f"{key} {summary[key]:.4f}" for key in SHOWN if key in summary)
         logger.info(f"{shown} on {len(rows)} images with {summary['n_true']} objects: {self.output_dir / 'scores.csv'}")
+
+
+def inside_field(labels: np.ndarray, edge: int) -> np.ndarray:
+    """Remove the objects that lie wholly within `edge` pixels of the image's edge, along the first two axes.
+
+    Args:
+        labels: object ids (X, Y[, Z]).
+        edge: in pixels; 0 removes none.
+    """
+    if edge == 0:
+        return labels
+    field = labels[edge : max(edge, labels.shape[0] - edge), edge : max(edge, labels.shape[1] - edge)]
+    return np.where(np.isin(labels, np.unique(field)), labels, 0)
 
 
 def source_path(item: Mapping[str, Any]) -> str:

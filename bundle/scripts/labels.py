@@ -240,7 +240,7 @@ class RepairObjectsd(MapTransform):
 
 
 class MarkUnannotatedd(MapTransform):
-    """Ignore what partial truth leaves open: `mark_unannotated` and `ignore_edge`, where an item has markers."""
+    """Ignore what the truth leaves open: `mark_unannotated` where an item has markers, and always `ignore_edge`."""
 
     def __init__(
         self,
@@ -270,13 +270,13 @@ class MarkUnannotatedd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the item with `IGNORE` where nobody annotated, without its markers."""
         item = dict(data)
-        if self.markers_key not in item:
+        markers = as_label_array(item.pop(self.markers_key)) if self.markers_key in item else None
+        if markers is None and not self.edge:
             return item
-        markers = as_label_array(item.pop(self.markers_key))
         for key in self.key_iterator(item):
-            marked = [
-                ignore_edge(mark_unannotated(label, marker, margin=self.margin, strict=self.strict), self.edge)
-                for label, marker in zip(as_label_array(item[key]), markers, strict=True)
-            ]
-            item[key] = like(np.stack(marked), item[key])
+            marked = as_label_array(item[key])
+            if markers is not None:
+                pairs = zip(marked, markers, strict=True)
+                marked = np.stack([mark_unannotated(*pair, margin=self.margin, strict=self.strict) for pair in pairs])
+            item[key] = like(np.stack([ignore_edge(channel, self.edge) for channel in marked]), item[key])
         return item
