@@ -80,7 +80,7 @@ def shell_environment() -> dict[str, str]:
 
 def shell(arguments: list[str], cwd: Path, expect_failure: bool = False) -> str:
     """Run a command in a folder outside of the bundle and return all that it printed."""
-    done = subprocess.run(arguments, cwd=cwd, env=shell_environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=cwd, env=shell_environment(), capture_output=True, text=True, timeout=600)
     printed = done.stdout + done.stderr
     assert (done.returncode != 0) == expect_failure, printed[-4000:]
     return printed
@@ -100,9 +100,8 @@ class Trained(NamedTuple):
 
 def shipped() -> dict[str, tuple[int, int]]:
     """Files of the bundle that a training or an evaluation might write to, with size and time."""
-    files = [
-        path for folder in ("models", "eval", "configs") for path in (BUNDLE / folder).rglob("*") if path.is_file()
-    ]
+    folders = [BUNDLE / name for name in ("models", "eval")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations at work, on copies and tiny sets: what a user does, and what MONAI Label, torchrun and MLflow do."""
+"""The configurations at work, on copies and tiny sets: what users, MONAI Label, torchrun and MLflow do."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.engines import SupervisedTrainer
 from PIL import Image
 
@@ -27,6 +28,7 @@ from bundle_runs import (
     TINY_TRAINING,
     Trained,
     command,
+    config_files,
     infer,
     messages,
     names_in,
@@ -307,7 +309,7 @@ def test_volumes(data_3d: str, tmp_path: Path) -> None:
 def test_training_by_monai_label(
     tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, trainings: list[SupervisedTrainer]
 ) -> None:
-    """It sets lists of items and the device as text, and appends a loader of weights. Labels are plain masks."""
+    """It sets lists of items and the device as text, and puts a loader of weights first. Labels are plain masks."""
     mask = np.zeros((48, 40), np.uint8)
     mask[5:15, 5:15] = mask[25:40, 10:30] = 1
     for stem in ("a", "b", "c"):
@@ -328,10 +330,13 @@ def test_training_by_monai_label(
         "train#dataset#data": items[:2],
         "validate#dataset#data": items[2:],
         "device": "cpu",
-        "+train#handlers": [loader],
         "learning_rate": 0.0,
+        "bundle_root": str(BUNDLE),
     }
-    made = run(("train",), "train", run_id="", **training_paths(tmp_path), **options)
+    made = ConfigWorkflow(config_files("train"), logging_file=False, run_id="", **training_paths(tmp_path), **options)
+    made.parser["train#handlers"].insert(0, loader)
+    made.initialize()
+    made.run()
     assert [trainer.state.epoch for trainer in trainings] == [2]
     start, end = (
         torch.load(folder / "model.pt", weights_only=True) for folder in (trained.models, tmp_path / "models")
@@ -396,7 +401,7 @@ def test_tracking(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_learns(
     overlays: tuple[str, ...], epochs: int, epoch_iterations: int, patch_size: list[int], tmp_path: Path
 ) -> None:
-    """From random weights to unseen images, with the default network and the synthetic set that comes with the bundle."""
+    """From random weights to unseen images, the default network on the synthetic set that comes with the bundle."""
     data = ensure_dataset(tmp_path / "set", len(patch_size))
     options = {"epochs": epochs, "epoch_iterations": epoch_iterations, "patch_size": patch_size, "val_interval": epochs}
     run(("train", *overlays), "train", dataset_dir=data, **training_paths(tmp_path), **options)
