@@ -25,7 +25,7 @@ BASES = ("train", "inference")
 OVERLAYS = [name for name in WORKFLOWS if name not in BASES]
 DATASETS = [name for name in OVERLAYS if name.startswith("dataset_")]
 ADDED = {  # what an overlay brings in on purpose
-    "evaluate": {"section", "val_fraction", "group_pattern", "key_metric"},
+    "evaluate": {"section", "val_fraction", "group_pattern", "partial_truth", "key_metric"},
     "multi_gpu_train": {"validate#sampler", "validate#dataloader#sampler", "finalize"},
     "multi_gpu_evaluate": {"sampler", "dataloader#sampler", "initialize", "finalize"},
 }
@@ -163,9 +163,11 @@ def test_validation_is_inference() -> None:
 
 def test_validation_is_evaluation() -> None:
     train, evaluate = CONFIG["train"], CONFIG["evaluate"]
-    for key in ("val_fraction", "group_pattern"):
+    for key in ("val_fraction", "group_pattern", "partial_truth"):
         assert evaluate[key] == train[key]
-    assert train["validate"]["key_metric"] == evaluate["key_metric"]
+    (name, metric), *others = evaluate["key_metric"].items()
+    edge = {"edge": "$@partial_truth['edge']"}  # which training's labels leave out already
+    assert metric == train["validate"]["key_metric"][name] | edge and not others
     loading = CONFIG["inference"]["preprocessing"]["transforms"]["_target_"]
     assert train["train"]["deterministic_transforms"]["_target_"] == loading
 
@@ -205,7 +207,8 @@ def test_dataset_overlay_leads_into_the_data_directory(
     found = parser.get_parsed_content("dataset_dir")
     for folder in found if isinstance(found, list) else [found]:
         assert Path(folder).is_relative_to(tmp_path) and Path(folder) != tmp_path
-    assert 0 < parser.get_parsed_content("val_fraction") < 1
+    fraction = parser.get_parsed_content("val_fraction")
+    assert fraction is None or 0 < fraction < 1
 
 
 @pytest.mark.parametrize("name", DATASETS)
