@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves of a training from what it logged: loss, and validation metrics, over the epochs.
 
-    python benchmarks/curves.py --log training.log --output bundle/docs/training.png
+python benchmarks/curves.py --log training.log --output bundle/docs/training.png
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One picture of several overlay pictures, cropped to squares: what the README shows.
 
-    python benchmarks/montage.py --overlays "['a_overlay.png','b_overlay.png']" --output bundle/docs/results.png
+python benchmarks/montage.py --overlays "['a_overlay.png','b_overlay.png']" --output bundle/docs/results.png
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ def real_data() -> Path:
     folder = Path(os.environ.get("MONAI_DATA_DIRECTORY", ROOT.parent / "shared" / "data"))
     if not (folder / "dsb2018" / "images").is_dir():
         pytest.skip(
-            "needs real images: set MONAI_DATA_DIRECTORY to a folder with dsb2018/, ctc/, ... "
-            f"(not found in {folder})"
+            f"needs real images: set MONAI_DATA_DIRECTORY to a folder with dsb2018/, ctc/, ... (not found in {folder})"
         )
     return folder

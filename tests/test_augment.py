@@ -8,6 +8,7 @@ from monai.transforms.utils import weighted_patch_samples
 from monai.utils import set_determinism
 from PIL import Image
 from scipy import ndimage
+
 from scripts.augment import (
     WARPS,
     ObjectWeightMapd,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from imagefiles import IMAGE, LABEL, save
 from scripts.checks import check_items
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from imagefiles import LABEL, make_sequence, names, numbers, save
 from scripts.ctc import is_partial
 from scripts.datalists import make_datalist

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from imagefiles import LABEL, make_folder, make_sequence, names, save
 from scripts.checks import check_items
 from scripts.datalists import list_images, make_datalist, split_by_hash

@@ -8,10 +8,11 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
-from imagefiles import pixels, same
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose, LoadImage, LoadImaged, SaveImaged
 from PIL import Image
+
+from imagefiles import pixels, same
 from scripts.images import (
     LabelWriter,
     MicroscopyReader,

@@ -33,7 +33,8 @@ def test_gamma_zero_is_cross_entropy(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(normalized_focal_loss(logits, target, gamma=0), expected)
     # per image, then the mean: images with different numbers of ignored pixels count alike
     target[0, 0, 0] = -1
-    per_image = [F.cross_entropy(x[None], t, ignore_index=-1) for x, t in zip(logits, target, strict=True)]
+    pairs = zip(logits, target, strict=True)
+    per_image = [F.cross_entropy(x[None], t, ignore_index=-1) for x, t in pairs]
     torch.testing.assert_close(normalized_focal_loss(logits, target, gamma=0), torch.stack(per_image).mean())
 
 
@@ -58,7 +59,7 @@ def test_gradient_is_that_of_the_numerator(gamma: float) -> None:
 
 
 def test_scale_does_not_fall_as_the_easy_pixels_get_easier() -> None:
-    """One hard pixel among easy ones: its gradient stays, where the plain focal mean lets it fade among their number."""
+    """One hard pixel among easy ones: its gradient stays, where the mean of focal losses lets it fade."""
     target = torch.zeros(1, 1, 1, 1000)
     gradients = []
     for margin in (2.0, 4.0, 8.0):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 from scipy import ndimage
+
 from scripts.synthetic import MANIFEST, RADII, SHAPES, ensure_dataset, make_frame, make_markers
 
 SMALL = {"n_frames": 2, "n_val_frames": 1, "shape": (48, 64)}

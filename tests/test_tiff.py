@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
+
 from imagefiles import pixels, same
 from scripts.images import (
     image_info,

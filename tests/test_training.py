@@ -52,10 +52,9 @@ def test_processes_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> No
         return float(torch.rand(1))
 
     alone = drawn()
-    monkeypatch.setattr("scripts.training.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("scripts.training.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("scripts.training.idist.get_rank", lambda: 0)
     assert drawn() == alone
-    monkeypatch.setattr("scripts.training.dist.get_rank", lambda: 1)
+    monkeypatch.setattr("scripts.training.idist.get_rank", lambda: 1)
     assert drawn() != alone
 
 

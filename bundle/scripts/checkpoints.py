@@ -14,8 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from scripts.files import whole_file
@@ -31,14 +31,9 @@ def save_whole(content: Any, path: str | os.PathLike[str]) -> None:
         torch.save(content, draft)
 
 
-def _weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """State dict of the network itself, also where it is wrapped for several processes."""
-    wrapped = isinstance(network, torch.nn.parallel.DistributedDataParallel)
-    return (network.module if wrapped else network).state_dict()
-
-
-def _is_first_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+def _unwrapped(network: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, also where it is wrapped for several processes."""
+    return network.module if isinstance(network, torch.nn.parallel.DistributedDataParallel) else network
 
 
 class WeightsSaver:
@@ -63,7 +58,8 @@ class WeightsSaver:
 
     def __call__(self, engine: Engine) -> None:
         """Write if this epoch is the best."""
-        if engine.state.best_metric_epoch != engine.state.epoch or not _is_first_process():
+        state: Any = engine.state
+        if state.best_metric_epoch != state.epoch or idist.get_rank() > 0:
             return
         if self.backup and self.path.is_file():
             digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
@@ -71,8 +67,8 @@ class WeightsSaver:
             shutil.copy2(self.path, kept)
             logger.info("kept the previous weights as %s", kept)
         self.backup = False
-        save_whole(_weights(self.network), self.path)
-        logger.info("new best key metric %.4f: wrote %s", engine.state.best_metric, self.path)
+        save_whole(_unwrapped(self.network).state_dict(), self.path)
+        logger.info("new best key metric %.4f: wrote %s", state.best_metric, self.path)
 
 
 class TrainingState:
@@ -114,15 +110,16 @@ class TrainingState:
 
     def save(self, engine: Engine) -> None:
         """Write the state after an epoch."""
-        if _is_first_process():
+        if idist.get_rank() == 0:
+            validation: Any = self.evaluator.state
             content = {
-                "model": _weights(self.network),
+                "model": _unwrapped(self.network).state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "epoch": engine.state.epoch,
                 "iteration": engine.state.iteration,
-                "best_metric": float(self.evaluator.state.best_metric),
-                "best_metric_epoch": self.evaluator.state.best_metric_epoch,
+                "best_metric": float(validation.best_metric),
+                "best_metric_epoch": validation.best_metric_epoch,
             }
             save_whole(content, self.path)
 
@@ -135,11 +132,10 @@ class TrainingState:
         if not self.path.is_file():
             logger.warning("nothing to resume: %s is not there, training starts anew", self.path)
             return
-        wrapped = isinstance(self.network, torch.nn.parallel.DistributedDataParallel)
         content = torch.load(self.path, map_location="cpu", weights_only=True)
         planned = self.lr_scheduler.state_dict().get("total_steps")
         try:
-            (self.network.module if wrapped else self.network).load_state_dict(content["model"])
+            _unwrapped(self.network).load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.lr_scheduler.load_state_dict(content["lr_scheduler"])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -155,6 +151,7 @@ class TrainingState:
                 "output_dir and --pretrained True, which starts anew from the weights."
             )
         engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
-        self.evaluator.state.best_metric = content["best_metric"]
-        self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        validation: Any = self.evaluator.state
+        validation.best_metric = content["best_metric"]
+        validation.best_metric_epoch = content["best_metric_epoch"]
         logger.info("resumed from %s: epoch %d, best metric %.4f", self.path, content["epoch"], content["best_metric"])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ class InstanceMetrics(Metric):
         if isinstance(output, Mapping) or not all(isinstance(item, Mapping) for item in output):
             raise ValueError(f"got {type(output).__name__}, expected a list of dicts: leave decollate on")
         for item in output:
-            path = source_path(item) or f"image{len(self._scored)}_of_process{_rank()}"
+            path = source_path(item) or f"image{len(self._scored)}_of_process{idist.get_rank()}"
             try:
                 prediction, truth, markers = _label_images(item)
                 prediction = inside_field(prediction, self.edge)
@@ -149,7 +150,7 @@ class ScoreWriter:
 
     def __call__(self, engine: Engine) -> None:
         """Write the files and log the summary."""
-        if _rank() > 0:
+        if idist.get_rank() > 0:
             return
         rows, summary = self.metric.rows, self.metric.summary
         if not summary:
@@ -208,10 +209,6 @@ def by_sequence(rows: Sequence[tuple[str, FrameScore]]) -> dict[str, list[FrameS
         if _is_frame(folder.rpartition("/")[2], stem):
             sequences.setdefault(folder, []).append(frame)
     return sequences
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _is_frame(folder: str, stem: str) -> bool:

@@ -298,11 +298,11 @@ class GRUUNet(nn.Module):
         self.after = ResidualBlock(spatial_dims, features, act, norm)
         self.head = Conv[Conv.CONV, spatial_dims](features, out_channels, kernel_size=1)
         if spatial_dims == 2:
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, in_channels, H, W[, D]) of any size -> logits (B, out_channels, H, W[, D])."""
-        size = x.shape[2:]
+        size = list(x.shape[2:])
         return self.crop(self.head(self.after(self.states(self.pad(x))[-1])), size)
 
     @torch.jit.export
@@ -315,7 +315,7 @@ class GRUUNet(nn.Module):
         Returns:
             `max_steps` tensors (B, out_channels, H, W[, D]); the last one is `forward(x)`.
         """
-        size = x.shape[2:]
+        size = list(x.shape[2:])
         return [self.crop(self.head(self.after(h)), size) for h in self.states(self.pad(x))]
 
     def states(self, x: torch.Tensor) -> list[torch.Tensor]:

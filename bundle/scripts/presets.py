@@ -37,7 +37,7 @@ def load_transforms(with_truth: bool = False, partial_truth: Mapping[str, Any] |
     """
     keys = ["image", "label", "markers"] if with_truth else ["image"]
     transforms: list[Transform] = [
-        LoadImaged(keys, reader=MicroscopyReader(), dtype=None, ensure_channel_first=True, allow_missing_keys=True),
+        LoadImaged(keys, reader=MicroscopyReader, dtype=None, ensure_channel_first=True, allow_missing_keys=True),
         EnsureTyped("image", dtype=torch.float32),
         ScaleIntensityRangePercentilesd("image", lower=1, upper=99.8, b_min=0.0, b_max=1.0, clip=True),
         # where both percentiles are equal (an almost black image), the step before neither scales nor clips

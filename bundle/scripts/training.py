@@ -6,10 +6,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable
+from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, set_rnd
 from monai.engines.utils import IterationEvents
@@ -38,14 +39,13 @@ class EpochSeeder:
 
     def __call__(self, engine: Engine) -> None:
         """Seed the epoch."""
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        entropy = (self.seed, engine.state.epoch, rank)
+        entropy = (self.seed, engine.state.epoch, idist.get_rank())
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         set_rnd(self.dataloader.dataset, seed)
-        sampler = getattr(self.dataloader, "sampler", None)
+        sampler: Any = getattr(self.dataloader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(engine.state.epoch)
 
@@ -89,7 +89,8 @@ class EarlyStopper:
 
     def __call__(self, engine: Engine) -> None:
         """Stop if it is time."""
-        best_epoch = self.evaluator.state.best_metric_epoch
+        state: Any = self.evaluator.state
+        best_epoch = state.best_metric_epoch
         if best_epoch > 0 and engine.state.epoch - best_epoch >= self.patience:
             logger.info("no better key metric since epoch %d: stopping early", best_epoch)
             engine.terminate()
