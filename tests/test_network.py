@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.network import ConvGRU, GRUUNet, unpooled_kernel
+from scripts.blocks import ConvGRU, unpooled_kernel
+from scripts.network import GRUUNet
 
 TINY = {"features": 4, "channels": (4, 6), "dense_layers": (1, 2), "growth": 4}
 
