@@ -118,8 +118,9 @@ class GRUUNet(nn.Module):
             previous = unit.out_channels
         self.after = ResidualBlock(spatial_dims, features, act, norm)
         self.head = Conv[Conv.CONV, spatial_dims](features, out_channels, kernel_size=1)
-        if spatial_dims == 2:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # twice as fast as the default format on a CPU, in 3D (measured)
+        memory_format = torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
+        self.to(memory_format=memory_format)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, in_channels, H, W[, D]) of any size -> logits (B, out_channels, H, W[, D])."""
@@ -170,7 +171,9 @@ class GRUUNet(nn.Module):
         for axis in range(x.dim() - 1, 1, -1):
             amount += [0, -x.shape[axis] % self.divisor]
         x = F.pad(x, amount, mode="replicate")
-        return x.contiguous(memory_format=torch.channels_last) if self.spatial_dims == 2 else x
+        if self.spatial_dims == 2:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last_3d)
 
     def crop(self, x: torch.Tensor, size: list[int]) -> torch.Tensor:
         """Cut off what `pad` added."""
