@@ -394,16 +394,12 @@ def test_tracking(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overlays, epochs, epoch_iterations, patch_size",
-    [((), 6, 50, [128, 128]), (("3d",), 6, 40, [64, 64, 16])],
-    ids=["2d", "3d"],
+    ("overlays", "epochs", "augmentation"), [((), 8, "heavy"), (("3d",), 8, "flips")], ids=["2d", "3d"]
 )
-def test_learns(
-    overlays: tuple[str, ...], epochs: int, epoch_iterations: int, patch_size: list[int], tmp_path: Path
-) -> None:
+def test_learns(overlays: tuple[str, ...], epochs: int, augmentation: str, tmp_path: Path) -> None:
     """From random weights to unseen images, the default network on the synthetic set that comes with the bundle."""
-    data = ensure_dataset(tmp_path / "set", len(patch_size))
-    options = {"epochs": epochs, "epoch_iterations": epoch_iterations, "patch_size": patch_size, "val_interval": epochs}
+    data = ensure_dataset(tmp_path / "set", 3 if overlays else 2)
+    options = {"epochs": epochs, "epoch_iterations": 50, "val_interval": 2, "augmentation": augmentation}
     run(("train", *overlays), "train", dataset_dir=data, **training_paths(tmp_path), **options)
     scored = infer(data, tmp_path / "out", tmp_path / "models", *EVALUATION, *overlays, network={})
     scores = json.loads((scored / "scores.json").read_text())["summary"]
