@@ -20,9 +20,10 @@ from scripts.augment import (
     sampling_transforms,
     warp_grid,
 )
-from scripts.contact_sheet import contact_sheet, draw_patch, load_transforms
+from scripts.contact_sheet import contact_sheet, draw_patch
 from scripts.datalists import make_datalist
 from scripts.labels import IGNORE
+from scripts.presets import load_transforms
 from scripts.synthetic import ensure_dataset, make_frame
 
 # 1 is large, 2 is small and alone, 3 and 4 touch, 5 and 6 have a gap of one pixel, -1 is not annotated
@@ -318,7 +319,9 @@ def test_contact_sheet(tmp_path, spatial_dims, shape):
 @pytest.mark.parametrize("name, spatial_dims, roi_size", [("dsb2018", 2, (128, 128)), ("bbbc050", 3, (48, 48, 12))])
 def test_real_images_keep_valid_objects(real_data, name, spatial_dims, roi_size):
     items = make_datalist(real_data / name, "training", spatial_dims, check=False)[:: 200 if spatial_dims == 2 else 12]
-    pipeline = mt.Compose([*load_transforms(), *random_transforms(spatial_dims, roi_size, 4)]).set_random_state(0)
+    pipeline = mt.Compose([*load_transforms(True, {}), *random_transforms(spatial_dims, roi_size, 4)]).set_random_state(
+        0
+    )
     samples = [sample for paths in items for sample in pipeline(paths)]
     assert len(samples) >= 8
     for sample in samples:
